@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .attention import UnsupportedBackbone
 
+BUILT_IN = {"docs-lm": Path(__file__).resolve().parents[1] / "assets" / "docs-lm"}
+"""Language models that this package ships, by the name that stands for a Hugging Face id."""
+
+SETTINGS = "ullme.json"
+"""The file of an export of ours that says how it turns a text into a vector."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+
+def resolve(name_or_path: str) -> str:
+    """The folder of a built-in model; any other name as it is."""
+    return str(BUILT_IN.get(name_or_path, name_or_path))
 
 
 def load_backbone(
@@ -40,6 +53,7 @@ def load_backbone(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    name_or_path = resolve(name_or_path)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **source)
@@ -49,6 +63,9 @@ def load_backbone(
         raise ValueError(
             f"model_backbone_type is {model_type!r} but {name_or_path} is a {config.model_type!r}: leave the key out"
         )
+    exported = Path(name_or_path) / SETTINGS
+    if exported.is_file() and json.loads(exported.read_text())["turned_on_disk"]:
+        del config.is_causal  # written for other tools; here the switch turns the model, and generation stays causal
     if zero_dropout:
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
@@ -72,6 +89,7 @@ def load_tokenizer(
     name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face id or folder, with a pad token (its EOS where it has none)."""
+    name_or_path = resolve(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -112,18 +130,17 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def inner_decoder(model: PreTrainedModel) -> nn.Module:
-    """The decoder without its LM head: returns hidden states and runs no vocabulary logits."""
-    decoder = getattr(model, model.base_model_prefix, None)
-    if decoder is None or decoder is model:
-        raise UnsupportedBackbone(f"{model.config.model_type} has no inner decoder apart from its LM head")
-    return decoder
+    """The decoder without its LM head, the child that reads the token embeddings: returns states, runs no logits."""
+    embeddings = model.get_input_embeddings()
+    for child in model.children():
+        if child is not embeddings and any(module is embeddings for module in child.modules()):
+            return child
+    raise UnsupportedBackbone(f"{model.config.model_type} has no inner decoder apart from its LM head")
 
 
 def accepted(module: nn.Module, **kwargs: Any) -> dict[str, Any]:
-    """Those of ``kwargs`` that ``module.forward`` names or takes as **kwargs."""
+    """Those of ``kwargs`` that ``module.forward`` names (some families read no ``position_ids``)."""
     parameters = inspect.signature(module.forward).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()) and "position_ids" in parameters:
-        return kwargs
     return {key: value for key, value in kwargs.items() if key in parameters}
 
 

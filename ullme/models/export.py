@@ -10,8 +10,10 @@ an error, and the folder appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +21,18 @@ import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tokenizers.processors import Sequence as Processors
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from ullme.data.template import Template
+
+from .backbones import SETTINGS, load_tokenizer
 
 if TYPE_CHECKING:
     from .ullme import ULLME
 
-SETTINGS = "ullme.json"
 PARITY_TEXTS = (
     "attention",
     "Return the shortest path between two nodes of a weighted graph.",
@@ -96,13 +99,14 @@ def _closing_tokenizer(model: ULLME) -> PreTrainedTokenizerBase:
     """The tokenizer, made to append EOS by itself where the template does."""
     if not model.template.append_eos:
         return model.tokenizer
-    tokenizer = type(model.tokenizer).from_pretrained(model.name_or_path)
-    tokenizer.pad_token = model.tokenizer.pad_token
-    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
-    if tokenizer("a")["input_ids"][-1] != eos[1]:
-        closing = TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
-        backend = tokenizer.backend_tokenizer
-        backend.post_processor = Processors([p for p in (backend.post_processor, closing) if p is not None])
+    tokenizer = load_tokenizer(model.name_or_path)
+    ids = tokenizer("")["input_ids"]  # the special tokens alone
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        frame = [*tokenizer.convert_ids_to_tokens(ids), "$A", tokenizer.eos_token]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=" ".join(frame),
+            special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in {*frame} - {"$A"}],
+        )
     return tokenizer
 
 
@@ -142,7 +146,8 @@ def _save_sentence_transformer(model: ULLME, folder: Path) -> None:
 
 
 def _save_settings(model: ULLME, folder: Path) -> None:
-    _write(folder / SETTINGS, model.settings() | {"base": model.name_or_path})
+    turned = model.attention == "bidirectional" and getattr(model.base.config, "is_causal", None) is not False
+    _write(folder / SETTINGS, model.settings() | {"base": model.name_or_path, "turned_on_disk": turned})
 
 
 def _save_adapter(model: ULLME, folder: Path) -> None:
@@ -163,7 +168,8 @@ def check_parity(model: ULLME, folder: Path, tolerance: float | None = None) -> 
     """
     from sentence_transformers import SentenceTransformer
 
-    reopened = SentenceTransformer(str(folder), device="cpu")
+    with _quiet():
+        reopened = SentenceTransformer(str(folder), device="cpu")
     half = model.base.dtype in (torch.bfloat16, torch.float16)
     limit = (0.05 if half else 1e-4) if tolerance is None else tolerance
     worst = 0.0
@@ -179,13 +185,27 @@ def check_parity(model: ULLME, folder: Path, tolerance: float | None = None) -> 
     return worst
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that a model opened for its states has no use for the LM head."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Keyword arguments of ``ULLME`` that ``ullme.json`` in the folder holds; none where there is no such file."""
     path = folder / SETTINGS
     if not path.is_file():
         return {}
     settings = json.loads(path.read_text())
-    settings.pop("base")
+    del settings["base"], settings["turned_on_disk"]
     return settings | {"template": Template.from_dict(settings["template"])}
 
 

@@ -42,7 +42,7 @@ class ULLME(nn.Module):
     """A decoder-only language model as a text embedder that can still generate.
 
     Args:
-        model_name_or_path: Hugging Face id or folder of a causal language model.
+        model_name_or_path: Hugging Face id or folder of a causal language model, or docs-lm, the one we ship.
         model_backbone_type: Its family ("llama", "mistral" ...); read from the model when left out, checked when given.
         lora_name: Name of the adapter.
         lora_r: Rank of the LoRA adapter; null trains every weight (and leaves no reference for DPO).
@@ -53,8 +53,8 @@ class ULLME(nn.Module):
         pool_instruction: False leaves the template's prefix (instruction, "Query: ") out of the pooling, as GritLM does.
         attention: How to embed; causal leaves the attention as it was pretrained.
         template: How instruction, query and passage become text; travels with the model.
-        max_query_length: Tokens of a query to embed, template included.
-        max_passage_length: Tokens of a passage.
+        max_query_length: Tokens of a query in training, template included.
+        max_passage_length: Tokens of a passage in training, and of any text in ``encode``, as in its export.
         dtype: Of the base's weights: float32, bfloat16, float16 or auto; the adapter is always float32.
         attn_implementation: One of eager, sdpa, flash_attention_2 ...; null lets transformers choose.
         load_in_4bit: QLoRA's NF4 base (needs bitsandbytes and a GPU).
@@ -114,11 +114,13 @@ class ULLME(nn.Module):
                 lora_dropout=lora_dropout,
                 target_modules=lora_target_modules,
                 task_type="CAUSAL_LM",
+                base_model_name_or_path=model_name_or_path,
             )
             self.backbone = get_peft_model(base, lora, adapter_name=lora_name)
         self._prepare()
         if gradient_checkpointing:
             backbones.enable_checkpointing(self.base)
+        self.eval()  # as transformers' from_pretrained leaves it
 
     def _prepare(self) -> None:
         self.switch = AttentionSwitch(self.base)
@@ -174,7 +176,8 @@ class ULLME(nn.Module):
         input_ids, attention_mask: int64 [b, L], padded on either side.
         """
         if is_generate:
-            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            with self.switch.causal():
+                return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return {"rep": self.embed(input_ids, attention_mask, **kwargs)}
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -187,8 +190,7 @@ class ULLME(nn.Module):
             position_ids=position_ids(attention_mask),
             use_cache=False,
         )
-        turned = self.switch.bidirectional() if self.attention == "bidirectional" else contextlib.nullcontext()
-        with turned:
+        with self.switch.bidirectional() if self.attention == "bidirectional" else self.switch.causal():
             states = decoder(**inputs)[0]
         mask = attention_mask.bool()
         if skip is not None and not self.pool_instruction:
@@ -219,7 +221,9 @@ class ULLME(nn.Module):
         reps = np.zeros((len(texts), self.dim), dtype=np.float32)
         if not len(texts):
             return reps
-        ids, skips = self.texts.queries(texts, instruction) if kind == "query" else self.texts.passages(texts)
+        length = self.texts.max_passage_length
+        whole = TemplateTokenizer(self.tokenizer, self.template, length, length)
+        ids, skips = whole.queries(texts, instruction) if kind == "query" else whole.passages(texts)
         rows, skip = Ragged.from_lists(ids), torch.tensor(skips)
         was_training = self.training
         self.eval()
@@ -280,8 +284,8 @@ class ULLME(nn.Module):
             position_ids=layout.positions,
             use_cache=False,
         )
-        states = decoder(**inputs)[0]
-        states = states.flatten(0, 1)[layout.source]
+        with self.switch.causal():
+            states = decoder(**inputs)[0].flatten(0, 1)[layout.source]
         return sum_per_cell(
             token_logps(states, layout.targets, head), layout.cell, (len(queries), targets.shape[1])
         )
@@ -313,7 +317,8 @@ class ULLME(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            output = self.backbone.generate(**inputs, pad_token_id=self.pad_id, **kwargs)
+            with self.switch.causal():
+                output = self.backbone.generate(**inputs, pad_token_id=self.pad_id, **kwargs)
         finally:
             self.train(was_training)
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,4 +1,7 @@
-"""The command line of ``train.py``: LightningCLI over ``ULLMEModule`` and ``TriplesDataModule``."""
+"""The command line of ``train.py``: LightningCLI over ``ULLMEModule`` and ``TriplesDataModule``.
+
+A run's folder is ``trainer.default_root_dir``: metrics.csv, config.yaml, checkpoints/ and export/ go there.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,24 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 from ullme.data.datamodule import TriplesDataModule
 
 from .module import ULLMEModule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NOISE = (
+    "Total length of `list` across ranks is zero",  # a run without validation
+    "does not have many workers",
+    "is deprecated and will be removed",  # of libraries about each other
+    "`isinstance(treespec, LeafSpec)`",
+    "Checkpoint directory",
+)
 
 
 def find_config(name: str) -> str:
@@ -40,22 +53,35 @@ def resolve_configs(arguments: Sequence[str]) -> list[str]:
 
 
 class ULLMECLI(LightningCLI):
-    """Seeds first, saves the resolved config beside the run, refuses every key it does not know."""
+    """Refuses every key it does not know; each run leaves its metrics and its whole config in its folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"trainer.logger": False, "trainer.default_root_dir": "runs/default"})
 
     def before_instantiate_classes(self) -> None:
         logging.getLogger("ullme").setLevel(logging.INFO)
-        # texts are sharded and tokenised by us, and validation ranks a whole collection in one step
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+            lambda record: "litlogger" not in record.getMessage()
+        )
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=f".*{message}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.fast_dev_run:
+            csv = CSVLogger(trainer.default_root_dir, name="", version="", flush_logs_every_n_steps=10)
+            trainer.loggers = [csv, *trainer.loggers]
+        return trainer
 
 
-def main(arguments: Sequence[str] | None = None) -> ULLMECLI:
-    """Parse and run ``arguments`` (default: the process's own)."""
-    return ULLMECLI(
+def main() -> None:
+    """Run the process's command line."""
+    sys.argv[1:] = resolve_configs(sys.argv[1:])
+    ULLMECLI(
         ULLMEModule,
         TriplesDataModule,
-        args=resolve_configs(sys.argv[1:] if arguments is None else arguments),
         seed_everything_default=0,
-        save_config_callback=SaveConfigCallback,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"allow_abbrev": False},  # a misspelt key that begins another is no abbreviation of it
+        auto_configure_optimizers=False,
     )

@@ -86,8 +86,7 @@ class ULLMEModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision 16-mixed needs loss scaling, which this step has not: use bf16-mixed")
+        check_precision(self.trainer.precision)
         assert self.model is not None
         self.model.train()  # from_pretrained leaves eval mode, where dropout and checkpointing are silently off
         self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.manual_backward)
@@ -143,8 +142,15 @@ class ULLMEModule(L.LightningModule):
         checkpoint["model_arguments"] = plain(self.model_arguments)
 
 
+def check_precision(precision: str | int | None) -> None:
+    if precision == "16-mixed":
+        raise ValueError("trainer.precision 16-mixed needs loss scaling, which this step has not: use bf16-mixed")
+
+
 def plain(value: Any) -> Any:
     """Dataclasses as dicts and tuples as lists, so that a checkpoint holds no pickled classes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: plain(getattr(value, name)) for name in vars(value)}
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
