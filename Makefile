@@ -23,9 +23,7 @@ setup: $(VENV)/installed  ## make the environment (.venv)
 quickstart: setup  ## train GRL on the built-in corpus, evaluate, export, search: minutes on two CPU cores
 	$(RUN) train.py fit --config quickstart.yaml
 	$(RUN) evaluate.py --model bm25 docs-lm runs/quickstart/export --tasks docs --output runs/quickstart/results \
-	  --search "shortest path between two nodes" \
-	  --search "solve a linear system of equations" \
-	  --search "random sample from a normal distribution"
+	  --search "shortest path between two nodes" "solve a linear system" "random numbers from a normal distribution"
 
 .PHONY: test
 test: setup  ## the tests (25 representative decoder families)

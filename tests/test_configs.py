@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ullme.data.datamodule import TriplesDataModule
 from ullme.losses import active
 from ullme.trainer.cli import CONFIGS, ULLMECLI, ULLMEModule, find_config
-from ullme.data.datamodule import TriplesDataModule
 
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
@@ -25,8 +25,13 @@ def test_config_instantiates(name, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["train.py", "--config", find_config(name), f"--model.model_name_or_path={tiny_folder}"]
-        + ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path}"],
+        [
+            "train.py",
+            f"--config={find_config(name)}",
+            f"--model.model_name_or_path={tiny_folder}",
+            "--trainer.accelerator=cpu",
+            f"--trainer.default_root_dir={tmp_path}",
+        ],
     )
     cli = ULLMECLI(ULLMEModule, TriplesDataModule, run=False, save_config_callback=None)
     cli.model.configure_model()

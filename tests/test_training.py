@@ -1,8 +1,9 @@
-"""Training through Lightning: one command trains, logs, checkpoints and exports; budgets and errors change no weight."""
+"""Training through Lightning: one command trains, logs, checkpoints and exports; budgets change no weight."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -42,7 +43,21 @@ trainer:
       init_args: {save_last: true, save_on_exception: true}
     - class_path: ullme.trainer.callbacks.ExportModel
 """
-WORDS = "fox hen barn query vector token decoder passage governor years thirty colony red lazy dog brown".split()
+WORDS = [
+    "fox",
+    "hen",
+    "barn",
+    "query",
+    "vector",
+    "token",
+    "decoder",
+    "passage",
+    "governor",
+    "years",
+    "thirty",
+    "colony",
+]
+WORDS += ["red", "lazy", "dog", "brown"]
 
 
 @pytest.fixture
@@ -54,7 +69,7 @@ def run(tmp_path, tiny_folder, monkeypatch):
             "pos": [f"the {a} and the {b} met"],
             "neg": [f"the {a} and nobody", f"nobody and the {b}"][: 1 + i % 2],
         }
-        for i, (a, b) in enumerate(zip(WORDS, WORDS[1:], strict=False))
+        for i, (a, b) in enumerate(itertools.pairwise(WORDS))
     ][:12]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     beir = tmp_path / "beir"

@@ -111,7 +111,9 @@ def test_every_family_takes_an_adapter_without_being_told_where(backbone_folder,
     assert any(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("options", [{"lora_r": 4, "lora_name": "mine"}, {}, {"pooling": "last"}, {"attention": "causal"}])
+@pytest.mark.parametrize(
+    "options", [{"lora_r": 4, "lora_name": "mine"}, {}, {"pooling": "last"}, {"attention": "causal"}]
+)
 def test_export_opens_everywhere_as_the_model_it_was(tiny_folder, tmp_path, options):
     model = moved(ULLME(tiny_folder, template=Template(instruction="Find it"), **options))
     folder = model.save_pretrained(tmp_path / "export")
@@ -164,7 +166,7 @@ def test_bad_options_are_named(tiny_folder, options, message):
 
 
 def test_a_model_that_is_not_there():
-    with pytest.raises(ValueError, match="cannot load 'no-such/model': .*no network"):
+    with pytest.raises(ValueError, match=r"cannot load 'no-such/model': .*no network"):
         ULLME("no-such/model")
 
 

@@ -8,6 +8,7 @@ A new loss is a new file and a line in ``Losses``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .alignment import KLLoss, kl_alignment
 from .base import Loss, LossInputs, active
@@ -43,19 +44,22 @@ class Losses:
     @classmethod
     def from_names(cls, con_loss_type: str | None, gen_loss_type: str | None, use_kl_loss: bool) -> Losses:
         """The paper's listing 2: 'NTXentLoss' or None, 'sft', 'dpo' or None, and L_KL; weights as in section 4."""
-        contrastive = {"NTXentLoss": NTXentLoss, None: lambda: None}
-        generation = {"sft": SFTLoss, "dpo": lambda: DPOLoss(weight=0.5), None: lambda: None}
-        for key, value, known in (
-            ("con_loss_type", con_loss_type, contrastive),
-            ("gen_loss_type", gen_loss_type, generation),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {key} {value!r}: choose one of {', '.join(map(repr, known))}")
-        return cls(
-            contrastive=contrastive[con_loss_type](),
-            kl=KLLoss() if use_kl_loss else None,
-            **({gen_loss_type: generation[gen_loss_type]()} if gen_loss_type else {}),
-        )
+        contrastive: dict[str | None, NTXentLoss | None] = {"NTXentLoss": NTXentLoss(), None: None}
+        generation: dict[str | None, dict[str, Any]] = {
+            "sft": {"sft": SFTLoss()},
+            "dpo": {"dpo": DPOLoss(weight=0.5)},
+            None: {},
+        }
+        if con_loss_type not in contrastive:
+            raise ValueError(f"unknown con_loss_type {con_loss_type!r}: choose one of {_names(contrastive)}")
+        if gen_loss_type not in generation:
+            raise ValueError(f"unknown gen_loss_type {gen_loss_type!r}: choose one of {_names(generation)}")
+        kl = KLLoss() if use_kl_loss else None
+        return cls(contrastive=contrastive[con_loss_type], kl=kl, **generation[gen_loss_type])
+
+
+def _names(table: dict[str | None, Any]) -> str:
+    return ", ".join(map(repr, table))
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,7 @@ def load_backbone(
     if load_in_4bit:
         extra["quantization_config"] = _four_bit()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=DTYPES[dtype], **extra, **source
-        )
+        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=DTYPES[dtype], **extra, **source)
     except OSError as error:
         raise ValueError(_not_loaded(name_or_path, error)) from error
     except ValueError as error:
@@ -124,7 +122,9 @@ def _four_bit() -> Any:
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Non-reentrant activation checkpointing, under whichever name this transformers has for it."""
     if not model.supports_gradient_checkpointing:
-        raise ValueError(f"{model.config.model_type} has no activation checkpointing: set gradient_checkpointing to false")
+        raise ValueError(
+            f"{model.config.model_type} has no activation checkpointing: set gradient_checkpointing to false"
+        )
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -161,7 +161,7 @@ class LMHead:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight
+        return cast(Tensor, self.module.weight)
 
     @property
     def bias(self) -> Tensor | None:

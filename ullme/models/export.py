@@ -15,12 +15,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,9 +69,9 @@ def merged_state(model: ULLME) -> dict[str, Tensor]:
         if ".lora_" not in name:
             state[name.replace(".base_layer.", ".")] = tensor.detach()
     for name, layer in model.base.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, LoraLayer):
             key = f"{name}.weight"
-            delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+            delta = sum(cast(Any, layer).get_delta_weight(adapter).float() for adapter in layer.active_adapters)
             state[key] = (state[key].float() + delta).to(state[key].dtype)
     return state
 
@@ -152,7 +152,7 @@ def _save_settings(model: ULLME, folder: Path) -> None:
 
 def _save_adapter(model: ULLME, folder: Path) -> None:
     assert isinstance(model.backbone, PeftModel)
-    model.backbone.save_pretrained(folder)
+    model.backbone.save_pretrained(str(folder))
     named = folder / str(model.adapter)
     if named.is_dir():  # PEFT puts every adapter but "default" into a folder of its name
         for file in named.iterdir():
@@ -173,14 +173,15 @@ def check_parity(model: ULLME, folder: Path, tolerance: float | None = None) -> 
     half = model.base.dtype in (torch.bfloat16, torch.float16)
     limit = (0.05 if half else 1e-4) if tolerance is None else tolerance
     worst = 0.0
-    for kind, name in (("query", "query"), ("passage", "document")):
-        expected = model.encode(PARITY_TEXTS, kind=kind)
+    queries, passages = model.encode(PARITY_TEXTS, kind="query"), model.encode(PARITY_TEXTS, kind="passage")
+    for expected, name in ((queries, "query"), (passages, "document")):
         got = reopened.encode(list(PARITY_TEXTS), prompt_name=name, show_progress_bar=False)
         worst = max(worst, float(np.abs(expected - got).max()))
     if not worst <= limit:
         raise RuntimeError(
-            f"the exported {model.base.config.model_type} does not embed as the trained model does (difference {worst:.2g}, "
-            f"allowed {limit:.2g}): its plain configuration cannot carry {model.attention} attention or this pooling"
+            f"the exported {model.base.config.model_type} does not embed as the trained model does (difference "
+            f"{worst:.2g}, allowed {limit:.2g}): its plain configuration cannot carry {model.attention} attention or "
+            f"{model.pooling} pooling"
         )
     return worst
 

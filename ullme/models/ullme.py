@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -48,9 +48,9 @@ class ULLME(nn.Module):
         lora_r: Rank of the LoRA adapter; null trains every weight (and leaves no reference for DPO).
         lora_alpha: LoRA scale, alpha / r times the update.
         lora_dropout: Dropout in front of the adapter; the base's own dropout is switched off under LoRA.
-        lora_target_modules: "all-linear" (every linear layer but the head) or a list of module names.
+        lora_target_modules: "all-linear" (every linear layer but the head) or a list of names.
         pooling: One of first, last, mean or weighted_mean of the last hidden states.
-        pool_instruction: False leaves the template's prefix (instruction, "Query: ") out of the pooling, as GritLM does.
+        pool_instruction: False leaves the template's prefix (instruction, "Query: ") out of the pooling, as GritLM.
         attention: How to embed; causal leaves the attention as it was pretrained.
         template: How instruction, query and passage become text; travels with the model.
         max_query_length: Tokens of a query in training, template included.
@@ -146,7 +146,7 @@ class ULLME(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The Hugging Face model, with LoRA layers in place where there are any."""
-        return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        return cast(PreTrainedModel, getattr(self.backbone, "get_base_model", lambda: self.backbone)())
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +201,7 @@ class ULLME(nn.Module):
     def encode(
         self,
         texts: Sequence[str],
-        kind: Literal["query", "passage"] = "passage",
+        kind: str = "passage",
         instruction: str | None = None,
         batch_tokens: int = 16384,
         show_progress_bar: bool = False,
@@ -209,8 +209,8 @@ class ULLME(nn.Module):
     ) -> np.ndarray:
         """Embeddings of the texts in their order, float32 [n, D].
 
-        instruction: of the queries; null takes the template's, "" leaves it out. batch_tokens: padded tokens of one
-        forward pass; it changes speed and memory only. normalize: to unit length.
+        kind: query or passage. instruction: of the queries; null takes the template's, "" leaves it out.
+        batch_tokens: padded tokens of one forward pass; speed and memory only. normalize: to unit length.
         """
         from tqdm.auto import tqdm
 
@@ -286,13 +286,11 @@ class ULLME(nn.Module):
         )
         with self.switch.causal():
             states = decoder(**inputs)[0].flatten(0, 1)[layout.source]
-        return sum_per_cell(
-            token_logps(states, layout.targets, head), layout.cell, (len(queries), targets.shape[1])
-        )
+        return sum_per_cell(token_logps(states, layout.targets, head), layout.cell, (len(queries), targets.shape[1]))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """The model before fine-tuning: the same weights with the adapter off. No second copy, no grad flags touched."""
+        """The model before fine-tuning: the same weights with the adapter off, and no second copy."""
         if self.adapter is None:
             raise ValueError("the reference is the model with its adapter off, and there is none: set model.lora_r")
         layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
@@ -318,7 +316,7 @@ class ULLME(nn.Module):
         self.eval()
         try:
             with self.switch.causal():
-                output = self.backbone.generate(**inputs, pad_token_id=self.pad_id, **kwargs)
+                output = cast(Any, self.backbone).generate(**inputs, pad_token_id=self.pad_id, **kwargs)
         finally:
             self.train(was_training)
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -326,7 +324,7 @@ class ULLME(nn.Module):
     # keep
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a merged folder that SentenceTransformer, transformers and ``from_pretrained`` open (see ``export``)."""
+        """Write a merged folder that SentenceTransformer, transformers and ``from_pretrained`` open."""
         from .export import export
 
         return export(self, folder)

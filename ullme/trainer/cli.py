@@ -68,7 +68,7 @@ class ULLMECLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             csv = CSVLogger(trainer.default_root_dir, name="", version="", flush_logs_every_n_steps=10)
             trainer.loggers = [csv, *trainer.loggers]
         return trainer

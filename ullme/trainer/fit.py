@@ -1,16 +1,16 @@
 """Listing 2 of the paper: an epoch of the joint objective in two lines, over the code that ``train.py`` runs.
 
-    trainer = GradCacheTrainer(con_loss_type="NTXentLoss", gen_loss_type="dpo", use_kl_loss=True)
-    trainer.fit_epoch(model=model, train_loader=loader)
+trainer = GradCacheTrainer(con_loss_type="NTXentLoss", gen_loss_type="dpo", use_kl_loss=True)
+trainer.fit_epoch(model=model, train_loader=loader)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ullme.data.collate import Batch
 from ullme.losses import Losses
@@ -49,7 +49,7 @@ class GradCacheTrainer:
     def fit_epoch(self, model: ULLME, train_loader: Iterable[Batch]) -> dict[str, float]:
         """One pass over the loader; the model is trained in place. Returns the last step's losses and metrics."""
         if isinstance(train_loader, list | tuple):  # Lightning would take it for a list of loaders
-            train_loader = DataLoader(train_loader, batch_size=None)
+            train_loader = DataLoader(cast(Dataset, train_loader), batch_size=None)
         trainer = L.Trainer(**self.trainer_arguments)
         trainer.fit(ULLMEModule.around(model, losses=self.losses, **self.settings), train_loader)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -11,7 +11,7 @@
 Invariant: the gradient is that of the whole objective on the whole batch, for every sum of losses, every token budget,
 with dropout. Only what some active loss reads is computed.
 
-Shapes: B queries, N = 1 + negatives candidates (cell [i, 0] the positive), D width; the axis 1 + N holds the query first.
+Shapes: B queries, N = 1 + negatives candidates (cell [i, 0] the positive), D width; axis 1 + N begins with the query.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ class GradCacheStep:
         metrics |= ranking_metrics(reps.detach(), batch.mask.to(device))
         return totals, metrics
 
-    def _differentiate(
-        self, losses: dict[str, Loss], inputs: LossInputs, size: int, totals: dict[str, Tensor]
-    ) -> None:
+    def _differentiate(self, losses: dict[str, Loss], inputs: LossInputs, size: int, totals: dict[str, Tensor]) -> None:
         """Backward of the weighted losses of these queries as their share of a batch of ``size``; adds to totals."""
         with torch.autocast(self.model.device.type, enabled=False):
             values = {name: loss(inputs).sum() / size for name, loss in losses.items()}
@@ -162,9 +160,7 @@ class GradCacheStep:
         for name, value in values.items():
             totals[name] += value.detach()
 
-    def _replay(
-        self, texts: Ragged, skip: Tensor, chunks: list[Tensor], states: list[RNGState], reps: Tensor
-    ) -> None:
+    def _replay(self, texts: Ragged, skip: Tensor, chunks: list[Tensor], states: list[RNGState], reps: Tensor) -> None:
         """The forward passes of ``_embed`` once more, with grad, under the same dropout masks."""
         if reps.grad is None:
             return

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from ullme.data.beir import Collection
@@ -74,10 +77,10 @@ class ULLMEModule(L.LightningModule):
         if self.model is None:
             self.model = ULLME(**self.model_arguments)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, betas=tuple(self.adam_betas)
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, betas=self.adam_betas
         )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_scheduler(
@@ -92,7 +95,7 @@ class ULLMEModule(L.LightningModule):
         self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.manual_backward)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer, schedule = cast(LightningOptimizer, self.optimizers()), cast(LRScheduler, self.lr_schedulers())
         started = time.perf_counter()
         try:
             result = self.step(batch)
@@ -116,7 +119,7 @@ class ULLMEModule(L.LightningModule):
         rates: dict[str, Any] = {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds}
         if self.device.type == "cuda":
             rates["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        rates["learning_rate"] = self.lr_schedulers().get_last_lr()[0]
+        rates["learning_rate"] = cast(LRScheduler, self.lr_schedulers()).get_last_lr()[0]
         self.log_dict(losses, prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=size)
         self.log_dict({f"speed/{name}": float(value) for name, value in rates.items()}, batch_size=size)
@@ -130,7 +133,7 @@ class ULLMEModule(L.LightningModule):
     def validation_step(self, collection: Collection, batch_idx: int) -> None:
         from ullme.eval.retrieval import evaluate_collection
 
-        for name, value in evaluate_collection(self.model, collection).items():
+        for name, value in evaluate_collection(cast(Any, self.model), collection).items():
             self.log(f"val/{name}", value, prog_bar=name == "ndcg@10", batch_size=len(collection.queries))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
