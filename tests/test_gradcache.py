@@ -6,6 +6,8 @@ dropout, with a single graph that draws the same masks. For token budgets from o
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,9 +130,9 @@ def test_gradient_is_that_of_the_plain_graph(tiny_folder, system):
     batch = batch_of(model)
     expected = plain(model, losses, batch)
     values = []
-    for budget in BUDGETS:
-        values.append(GradCacheStep(model, losses, budget)(batch).losses)
-        assert relative_error(gradients(model), expected) < 1e-5, f"token budget {budget}"
+    for budget, replay in [*((budget, True) for budget in BUDGETS), (100, False)]:
+        values.append(GradCacheStep(model, losses, budget, replay)(batch).losses)
+        assert relative_error(gradients(model), expected) < 1e-5, f"token budget {budget}, replay {replay}"
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-6)
 
@@ -141,11 +143,11 @@ def test_gradient_with_dropout_is_that_of_one_graph(tiny_folder, checkpointing):
     model = make(tiny_folder, dropout=0.2, gradient_checkpointing=checkpointing)
     losses, batch = SYSTEMS["CL+DPO+KL"], batch_of(model)
     worst = 0.0
-    for budget in BUDGETS:
+    for budget, replay in itertools.product(BUDGETS, (True, False)):
         torch.manual_seed(1)
         expected = one_graph(model, losses, batch, budget)
         torch.manual_seed(1)
-        GradCacheStep(model, losses, budget)(batch)
+        GradCacheStep(model, losses, budget, replay)(batch)
         worst = max(worst, relative_error(gradients(model), expected))
     print(f"worst relative error with dropout: {worst:.1e}")
     assert worst < 1e-5
@@ -161,8 +163,8 @@ def test_dropout_masks_are_replayed_not_redrawn(tiny_folder):
     embed = step._embed
 
     def forgetful(*args: object) -> tuple:
-        reps, states = embed(*args)
-        return reps, [RNGState.of(model.device) for _ in states]
+        reps, kept = embed(*args)
+        return reps, [RNGState.of(model.device) for _ in kept]
 
     step._embed = forgetful
     torch.manual_seed(1)

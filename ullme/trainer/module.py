@@ -36,6 +36,7 @@ class ULLMEModule(L.LightningModule):
     Args:
         losses: Terms of the objective with their weights; null leaves a term out.
         token_budget: Padded tokens of one forward pass; changes memory and speed, never a number.
+        replay: Embed every chunk twice (GradCache) rather than hold all activations; changes no number either.
         learning_rate: Of AdamW, at its peak.
         weight_decay: Of AdamW.
         adam_betas: Of AdamW.
@@ -49,6 +50,7 @@ class ULLMEModule(L.LightningModule):
         self,
         losses: Losses = Losses(),  # noqa: B008
         token_budget: int = 8192,
+        replay: bool = True,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         adam_betas: tuple[float, float] = (0.9, 0.999),
@@ -60,7 +62,7 @@ class ULLMEModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds the trained weights only
-        self.losses, self.token_budget = losses, token_budget
+        self.losses, self.token_budget, self.replay = losses, token_budget, replay
         self.learning_rate, self.weight_decay, self.adam_betas = learning_rate, weight_decay, adam_betas
         self.warmup_ratio, self.schedule, self.max_grad_norm = warmup_ratio, schedule, max_grad_norm
         self.model_arguments = model_arguments
@@ -92,7 +94,7 @@ class ULLMEModule(L.LightningModule):
         check_precision(self.trainer.precision)
         assert self.model is not None
         self.model.train()  # from_pretrained leaves eval mode, where dropout and checkpointing are silently off
-        self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.manual_backward)
+        self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.replay, self.manual_backward)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer, schedule = cast(LightningOptimizer, self.optimizers()), cast(LRScheduler, self.lr_schedulers())
