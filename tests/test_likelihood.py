@@ -19,9 +19,7 @@ def cells(n_queries: int, n_candidates: int, missing: set[tuple[int, int]] = fro
         return torch.randint(5, 300, (length,), generator=generator).tolist()
 
     prompts = Ragged.from_lists([some(1, 9) for _ in range(n_queries)])
-    rows = [
-        [] if (i, j) in missing else some(1, 20 + 5 * j) for i in range(n_queries) for j in range(n_candidates)
-    ]
+    rows = [[] if (i, j) in missing else some(1, 20 + 5 * j) for i in range(n_queries) for j in range(n_candidates)]
     return prompts, Ragged.from_lists(rows, (n_queries, n_candidates))
 
 

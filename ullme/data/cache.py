@@ -21,11 +21,14 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ullme.data.docs import cache_folder
-
 OnBadRow = Literal["error", "skip"]
 
 _QUOTED = 5  # bad rows that the report quotes
+
+
+def cache_folder() -> Path:
+    """``$ULLME_CACHE``, by default ~/.cache/ullme."""
+    return Path(os.environ.get("ULLME_CACHE", "~/.cache/ullme")).expanduser()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ullme.data.beir import Collection
+from ullme.data.cache import cache_folder
 from ullme.data.docstrings import SKIPPED_PACKAGES, Docstring, read_docstrings, site_packages
 from ullme.data.mining import mine_negatives, word_key
 
@@ -52,10 +53,6 @@ class Pair(NamedTuple):
     name: str  # "scipy.linalg._basic.solve"
     query: str
     passage: str
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("ULLME_CACHE", "~/.cache/ullme")).expanduser()
 
 
 def fingerprint(root: Path | None = None) -> str:
