@@ -20,6 +20,7 @@ from ullme.trainer import GradCacheTrainer, ULLMEModule
 from ullme.trainer.checkpoint import load_checkpoint
 from ullme.trainer.cli import main
 from ullme.trainer.gradcache import NonFiniteLoss
+from ullme.trainer.module import check_setup
 
 CONFIG = """
 model:
@@ -194,14 +195,11 @@ def test_print_config(run, capsys):
     assert "temperature: 0.05" in capsys.readouterr().out
 
 
-def test_loss_scaling_is_refused(run):
-    from lightning.pytorch import Trainer
-
-    from ullme.trainer.module import check_precision
-
-    with pytest.raises(ValueError, match="use bf16-mixed"):
-        check_precision("16-mixed")
-    check_precision(Trainer(accelerator="cpu", logger=False).precision)
+@pytest.mark.parametrize(("precision", "ranks", "message"), [("16-mixed", 1, "bf16-mixed"), ("32-true", 2, "devices")])
+def test_what_would_train_to_other_numbers_is_refused(precision, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        check_setup(precision, ranks)
+    check_setup("bf16-mixed", 1)
 
 
 def test_listing_2(tiny_folder):

@@ -91,7 +91,7 @@ class ULLMEModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        check_precision(self.trainer.precision)
+        check_setup(self.trainer.precision, self.trainer.world_size)
         assert self.model is not None
         self.model.train()  # from_pretrained leaves eval mode, where dropout and checkpointing are silently off
         self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.replay, self.manual_backward)
@@ -147,9 +147,15 @@ class ULLMEModule(L.LightningModule):
         checkpoint["model_arguments"] = plain(self.model_arguments)
 
 
-def check_precision(precision: str | int | None) -> None:
+def check_setup(precision: str | int | None, world_size: int) -> None:
+    """Refuse what would train to other numbers."""
     if precision == "16-mixed":
         raise ValueError("trainer.precision 16-mixed needs loss scaling, which this step has not: use bf16-mixed")
+    if world_size > 1:
+        raise ValueError(
+            f"{world_size} processes would each contrast only their own passages: set trainer.devices and "
+            "trainer.num_nodes to 1"
+        )
 
 
 def plain(value: Any) -> Any:
