@@ -22,7 +22,7 @@ setup: $(VENV)/installed  ## make the environment (.venv)
 .PHONY: quickstart
 quickstart: setup  ## train GRL on the built-in corpus, evaluate, export, search: minutes on two CPU cores
 	$(RUN) train.py fit --config quickstart.yaml
-	$(RUN) evaluate.py --model bm25 docs-lm runs/quickstart/export --tasks docs --output runs/quickstart/results \
+	$(RUN) evaluate.py --model bm25 base:runs/quickstart/export runs/quickstart/export --tasks docs --output runs/quickstart/results \
 	  --search "shortest path between two nodes" "solve a linear system" "random numbers from a normal distribution"
 
 .PHONY: test

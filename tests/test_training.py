@@ -16,8 +16,8 @@ from ullme.data.collate import Collator
 from ullme.data.triples import Triple
 from ullme.losses import Losses
 from ullme.models import ULLME
+from ullme.models.checkpoint import load_checkpoint
 from ullme.trainer import GradCacheTrainer, ULLMEModule
-from ullme.trainer.checkpoint import load_checkpoint
 from ullme.trainer.cli import main
 from ullme.trainer.gradcache import NonFiniteLoss
 from ullme.trainer.module import check_setup

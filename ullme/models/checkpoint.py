@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ullme.data.template import Template
-from ullme.models.ullme import ULLME
+
+from .ullme import ULLME
 
 PREFIX = "model."
 
 
-def load_checkpoint(path: str | Path) -> ULLME:
-    """The ULLME of a checkpoint that ``train.py`` wrote: its base by name, the trained weights from the file."""
+def load_checkpoint(path: str | Path, **overrides: Any) -> ULLME:
+    """The ULLME of a checkpoint that ``train.py`` wrote: its base by name, the trained weights from the file.
+
+    overrides: arguments of ``ULLME`` that differ from those of the run (a moved base, another dtype).
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -23,6 +28,7 @@ def load_checkpoint(path: str | Path) -> ULLME:
     arguments = checkpoint["model_arguments"]
     if arguments.get("template") is not None:
         arguments["template"] = Template.from_dict(arguments["template"])
+    arguments |= overrides
     model = ULLME(**arguments)
     state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
