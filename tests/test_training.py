@@ -19,7 +19,6 @@ from ullme.models import ULLME
 from ullme.models.checkpoint import load_checkpoint
 from ullme.trainer import GradCacheTrainer, ULLMEModule
 from ullme.trainer.cli import main
-from ullme.trainer.gradcache import NonFiniteLoss
 from ullme.trainer.module import check_setup
 
 CONFIG = """
@@ -158,7 +157,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(run, mo
         step(self, batch, batch_idx)
 
     monkeypatch.setattr(ULLMEModule, "training_step", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"step 4: .*(dpo|kl) = nan.*the last good checkpoint is .*\.ckpt"):
+    with pytest.raises(SystemExit, match=r"step 4: .*(dpo|kl) = nan.*the last good checkpoint is .*\.ckpt"):
         run()
     saved = sorted(Path("run/checkpoints").glob("*.ckpt"))
     assert saved
@@ -180,6 +179,28 @@ def test_a_key_or_value_that_does_not_exist_is_named(run, argument, message, cap
     with pytest.raises(SystemExit):
         run(argument)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("--data.batch_size=500", "batch_size"),
+        ("--data.query_column=question", "question"),
+        ("--model.max_passage_length=5000", "reads at most 1024 tokens"),
+        ("--model.model_name_or_path=no-such/model", "no network"),
+        ("--model.lora_r=null", "model.lora_r"),
+        ("--data.negatives=0", "data.negatives"),
+    ],
+)
+def test_what_cannot_be_trained_ends_with_one_sentence(run, argument, message):
+    with pytest.raises(SystemExit) as end:
+        run(argument)
+    sentence = str(end.value)
+    assert sentence.startswith("error: ")
+    assert message in sentence
+    assert "Traceback" not in sentence
+    assert "Traceback" in Path("runs/error.log").read_text()
 
 
 def test_a_config_that_does_not_exist(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ullme.data.datamodule import TriplesDataModule
 
 from .module import ULLMEModule
 
+TRACEBACK = Path("runs/error.log")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NOISE = (
     "Total length of `list` across ranks is zero",  # a run without validation
@@ -27,6 +29,7 @@ NOISE = (
     "is deprecated and will be removed",  # of libraries about each other
     "`isinstance(treespec, LeafSpec)`",
     "Checkpoint directory",
+    "You have overridden `transfer_batch_to_device`",  # texts stay on the host
 )
 
 
@@ -75,8 +78,17 @@ class ULLMECLI(LightningCLI):
 
 
 def main() -> None:
-    """Run the process's command line."""
+    """Run the process's command line; what goes wrong ends it with one sentence, the traceback kept beside."""
     sys.argv[1:] = resolve_configs(sys.argv[1:])
+    try:
+        run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        TRACEBACK.parent.mkdir(exist_ok=True)
+        TRACEBACK.write_text(traceback.format_exc())
+        raise SystemExit(f"error: {error} (traceback in {TRACEBACK})") from None
+
+
+def run() -> None:
     ULLMECLI(
         ULLMEModule,
         TriplesDataModule,
