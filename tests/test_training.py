@@ -19,7 +19,7 @@ from ullme.models import ULLME
 from ullme.models.checkpoint import load_checkpoint
 from ullme.trainer import GradCacheTrainer, ULLMEModule
 from ullme.trainer.cli import main
-from ullme.trainer.module import check_setup
+from ullme.trainer.module import check_precision
 
 CONFIG = """
 model:
@@ -216,11 +216,10 @@ def test_print_config(run, capsys):
     assert "temperature: 0.05" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("precision", "ranks", "message"), [("16-mixed", 1, "bf16-mixed"), ("32-true", 2, "devices")])
-def test_what_would_train_to_other_numbers_is_refused(precision, ranks, message):
-    with pytest.raises(ValueError, match=message):
-        check_setup(precision, ranks)
-    check_setup("bf16-mixed", 1)
+def test_loss_scaling_is_refused():
+    with pytest.raises(ValueError, match="use bf16-mixed"):
+        check_precision("16-mixed")
+    check_precision("bf16-mixed")
 
 
 def test_listing_2(tiny_folder):

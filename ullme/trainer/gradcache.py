@@ -5,14 +5,15 @@
     3  score    chunks of whole queries with grad                    -> logps, ref_logps [b, N]
                 losses of one query (SFT, DPO, KL), times 1/B, backward now: parameters get the generation part, R.grad
                 the part of KL
-    4  contrast losses over the batch (CL), backward into R.grad
+    4  contrast all-gather R over the ranks, losses over the batch (CL) of this rank's queries, backward into R.grad
     5  replay   each chunk of 2 with grad under its RNG state, backward of <reps, R.grad>
+    6  average  the gradients over the ranks, once
 
 With ``replay=False`` the graphs of 2 are kept and 5 runs no forward: faster by one forward, in memory that grows with
 the batch.
 
 Invariant: the gradient is that of the whole objective on the whole batch, for every sum of losses, every token budget,
-with dropout. Only what some active loss reads is computed.
+for every number of ranks, with dropout. Only what some active loss reads is computed.
 
 Shapes: B queries, N = 1 + negatives candidates (cell [i, 0] the positive), D width; axis 1 + N begins with the query.
 """
@@ -32,6 +33,7 @@ from ullme.models.likelihood import row_lengths
 from ullme.models.ullme import ULLME
 from ullme.ragged import Ragged, plan_chunks
 
+from .ranks import Ranks
 from .rng import RNGState
 
 
@@ -53,6 +55,7 @@ class GradCacheStep:
     token_budget: padded tokens of one forward pass; memory grows with it, numbers do not change.
     replay: embed twice rather than hold every chunk's activations; numbers do not change.
     backward: called with a scalar to differentiate; Lightning's ``manual_backward`` goes here.
+    ranks: the processes that share the batch, B queries on each.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class GradCacheStep:
         token_budget: int = 8192,
         replay: bool = True,
         backward: Callable[[Tensor], None] = Tensor.backward,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.model, self.token_budget, self.replay, self.backward = model, token_budget, replay, backward
         self.over_batch = {name: loss for name, loss in active(losses) if loss.over_batch}
         self.over_query = {name: loss for name, loss in active(losses) if not loss.over_batch}
@@ -89,10 +94,12 @@ class GradCacheStep:
         if embeds:
             assert reps is not None
             self._backpropagate(texts, skip, chunks, kept, reps)
+        self.ranks.mean_gradients(p for p in self.model.parameters() if p.requires_grad)
+        terms = self.ranks.mean(terms)
         check_finite(terms)
         weights = {name: loss.weight for name, loss in (self.over_query | self.over_batch).items()}
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        return StepResult({"loss": total, **terms}, metrics)
+        return StepResult({"loss": total, **terms}, self.ranks.mean(metrics))
 
     def _embed(self, texts: Ragged, skip: Tensor, chunks: list[Tensor]) -> tuple[Tensor, list[RNGState | Tensor]]:
         """Reps [B, 1 + N, D] as a leaf that collects gradients; of each chunk its RNG state, or its reps with graph."""
@@ -135,27 +142,28 @@ class GradCacheStep:
     def _contrast(self, batch: Batch, reps: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses over the batch, and how well the batch is told apart already."""
         device = reps.device
-        positives = torch.arange(len(batch))
+        everyone = self.ranks.gather
+        passage_hash = everyone(batch.passage_hash.to(device))
+        positives = self.ranks.rank * len(batch) + torch.arange(len(batch), device=device)
         candidates = candidate_mask(
-            batch.query_hash,
-            batch.positive_hash,
-            batch.query_hash,
-            batch.passage_hash,
+            batch.query_hash.to(device),
+            batch.positive_hash.to(device),
+            everyone(batch.query_hash.to(device)),
+            passage_hash,
             positives,
-            batch.in_batch_negatives,
+            batch.in_batch_negatives.to(device),
         )
         inputs = LossInputs(
             mask=batch.mask.to(device),
             query_reps=reps[:, 0],
-            passage_reps=reps[:, 1:],
-            candidates=candidates.to(device),
-            positives=positives.to(device),
+            passage_reps=everyone(reps[:, 1:]),
+            candidates=candidates,
+            positives=positives,
         )
         totals = {name: torch.zeros((), device=device) for name in self.over_batch}
         self._differentiate(self.over_batch, inputs, len(batch), totals)
-        considered = batch.mask[None].expand_as(candidates)
-        masked = (considered & ~candidates).sum() / considered.sum()
-        metrics = {"false_negatives_masked": masked.float().to(device)}
+        present = (passage_hash != 0)[None].expand_as(candidates)
+        metrics = {"false_negatives_masked": (present & ~candidates).sum() / present.sum()}
         metrics |= ranking_metrics(reps.detach(), batch.mask.to(device))
         return totals, metrics
 

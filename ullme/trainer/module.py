@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -26,6 +27,7 @@ from ullme.losses import Losses
 from ullme.models.ullme import ULLME
 
 from .gradcache import GradCacheStep, NonFiniteLoss
+from .ranks import Ranks
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -91,10 +93,21 @@ class ULLMEModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        check_setup(self.trainer.precision, self.trainer.world_size)
+        check_precision(self.trainer.precision)
         assert self.model is not None
         self.model.train()  # from_pretrained leaves eval mode, where dropout and checkpointing are silently off
-        self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.replay, self.manual_backward)
+        ranks = Ranks(self.global_rank, self.trainer.world_size)
+        if ranks.size > 1:
+            self._join(ranks)
+        self.step = GradCacheStep(self.model, self.losses, self.token_budget, self.replay, self.manual_backward, ranks)
+
+    def _join(self, ranks: Ranks) -> None:
+        """Ranks draw dropout of their own, and DDP's own averaging, one a backward, gives way to the step's."""
+        ddp = self.trainer.strategy.model
+        if not isinstance(ddp, DistributedDataParallel):
+            raise ValueError(f"{ranks.size} processes need trainer.strategy ddp, got {self.trainer.strategy}")
+        ddp.no_sync().__enter__()
+        torch.manual_seed(torch.initial_seed() + ranks.rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer, schedule = cast(LightningOptimizer, self.optimizers()), cast(LRScheduler, self.lr_schedulers())
@@ -147,15 +160,9 @@ class ULLMEModule(L.LightningModule):
         checkpoint["model_arguments"] = plain(self.model_arguments)
 
 
-def check_setup(precision: str | int | None, world_size: int) -> None:
-    """Refuse what would train to other numbers."""
+def check_precision(precision: str | int | None) -> None:
     if precision == "16-mixed":
         raise ValueError("trainer.precision 16-mixed needs loss scaling, which this step has not: use bf16-mixed")
-    if world_size > 1:
-        raise ValueError(
-            f"{world_size} processes would each contrast only their own passages: set trainer.devices and "
-            "trainer.num_nodes to 1"
-        )
 
 
 def plain(value: Any) -> Any:
