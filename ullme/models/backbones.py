@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import UnsupportedBackbone
+from .attention import UnsupportedBackbone, undisturbed
 
 BUILT_IN = {"docs-lm": Path(__file__).resolve().parents[1] / "assets" / "docs-lm"}
 """Language models that this package ships, by the name that stands for a Hugging Face id."""
@@ -177,20 +177,15 @@ class LMHead:
         logits = nn.functional.linear(states, self.weight.to(states.dtype), bias).float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
         """Raise UnsupportedBackbone unless ``logits`` equals the model's own output on a few tokens."""
         ids = torch.arange(4, 12, device=self.weight.device)[None]
         mask = torch.ones_like(ids)
-        was_training = model.training
-        model.eval()
-        try:
+        decoder = inner_decoder(model)
+        with undisturbed(model, ids.device):
             expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-            decoder = inner_decoder(model)
             states = decoder(**accepted(decoder, input_ids=ids, attention_mask=mask, use_cache=False))[0]
-        finally:
-            model.train(was_training)
-        got = self.logits(states)
+            got = self.logits(states)
         spread = float(expected.std())
         if got.shape != expected.shape or float((got - expected).abs().max()) > 0.02 * max(spread, 1e-3):
             raise UnsupportedBackbone(
