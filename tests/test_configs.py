@@ -30,6 +30,7 @@ def test_config_instantiates(name, tiny_folder, tmp_path, monkeypatch):
             f"--config={find_config(name)}",
             f"--model.model_name_or_path={tiny_folder}",
             "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
             f"--trainer.default_root_dir={tmp_path}",
         ],
     )

@@ -257,8 +257,9 @@ class ULLME(nn.Module):
     def _score_setup(self) -> tuple[backbones.LMHead, bool]:
         if self._scorer is None:
             head = backbones.LMHead.of(self.base)
-            head.check(self.base)
-            shared = supports_shared_layout(self.base)
+            with self.switch.causal():
+                head.check(self.base)
+                shared = supports_shared_layout(self.base)
             rows = "the candidates of a query share one row" if shared else "each candidate has a row of its own"
             log.info("%s: when scoring, %s", self.base.config.model_type, rows)
             self._scorer = head, shared
