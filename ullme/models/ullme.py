@@ -114,9 +114,9 @@ class ULLME(nn.Module):
                 lora_dropout=lora_dropout,
                 target_modules=lora_target_modules,
                 task_type="CAUSAL_LM",
-                base_model_name_or_path=model_name_or_path,
             )
             self.backbone = get_peft_model(base, lora, adapter_name=lora_name)
+            lora.base_model_name_or_path = model_name_or_path  # PEFT writes the folder a built-in model lies in
         self._prepare()
         if gradient_checkpointing:
             backbones.enable_checkpointing(self.base)

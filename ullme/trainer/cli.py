@@ -6,6 +6,7 @@ A run's folder is ``trainer.default_root_dir``: metrics.csv, config.yaml, checkp
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -59,7 +60,7 @@ class ULLMECLI(LightningCLI):
     """Refuses every key it does not know; each run leaves its metrics and its whole config in its folder."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"trainer.logger": False, "trainer.default_root_dir": "runs/default"})
+        parser.set_defaults({"trainer.logger": False, "trainer.default_root_dir": "runs/default", "trainer.num_sanity_val_steps": 0})
 
     def before_instantiate_classes(self) -> None:
         logging.getLogger("ullme").setLevel(logging.INFO)
@@ -67,7 +68,7 @@ class ULLMECLI(LightningCLI):
             lambda record: "litlogger" not in record.getMessage()
         )
         for message in NOISE:
-            warnings.filterwarnings("ignore", message=f".*{message}")
+            warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
