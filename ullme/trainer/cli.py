@@ -60,7 +60,9 @@ class ULLMECLI(LightningCLI):
     """Refuses every key it does not know; each run leaves its metrics and its whole config in its folder."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"trainer.logger": False, "trainer.default_root_dir": "runs/default", "trainer.num_sanity_val_steps": 0})
+        parser.set_defaults(
+            {"trainer.logger": False, "trainer.default_root_dir": "runs/default", "trainer.num_sanity_val_steps": 0}
+        )
 
     def before_instantiate_classes(self) -> None:
         logging.getLogger("ullme").setLevel(logging.INFO)

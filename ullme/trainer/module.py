@@ -95,6 +95,7 @@ class ULLMEModule(L.LightningModule):
     def on_fit_start(self) -> None:
         check_precision(self.trainer.precision)
         assert self.model is not None
+        check_trained_dtype(self.model)
         self.model.train()  # from_pretrained leaves eval mode, where dropout and checkpointing are silently off
         ranks = Ranks(self.global_rank, self.trainer.world_size)
         if ranks.size > 1:
@@ -163,6 +164,16 @@ class ULLMEModule(L.LightningModule):
 def check_precision(precision: str | int | None) -> None:
     if precision == "16-mixed":
         raise ValueError("trainer.precision 16-mixed needs loss scaling, which this step has not: use bf16-mixed")
+
+
+def check_trained_dtype(model: ULLME) -> None:
+    """AdamW's updates of half-precision weights are mostly rounded away."""
+    half = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad} - {"float32"}
+    if half:
+        raise ValueError(
+            f"the weights to train are {half.pop()}: set model.dtype to float32 (trainer.precision bf16-mixed still "
+            "computes in bf16), or model.lora_r, whose adapter is float32 over a base of any dtype"
+        )
 
 
 def plain(value: Any) -> Any:
