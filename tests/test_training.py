@@ -131,6 +131,17 @@ def test_the_token_budget_changes_no_weight(run):
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
 
 
+def test_a_checkpoint_is_continued(run):
+    folder = run()
+    before = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    run(f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}", "--trainer.max_epochs=3")
+    newest = max((folder / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    after = torch.load(newest, weights_only=True)
+    assert (before["global_step"], after["global_step"]) == (6, 9)
+    name = next(iter(before["state_dict"]))
+    assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
+
+
 def test_overrides_reach_the_losses(run):
     folder = run("--model.losses.dpo=null", "--model.losses.kl=null", "--model.losses.sft.weight=0.3")
     first = metrics(folder)[0]

@@ -71,6 +71,9 @@ class ULLMECLI(LightningCLI):
         )
         for message in NOISE:
             warnings.filterwarnings("ignore", message=f".*{re.escape(message)}")
+        options = self.config[self.subcommand] if self.subcommand else self.config
+        if options.get("weights_only", True) is None:
+            options.weights_only = True  # --ckpt_path unpickles no code
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
