@@ -1,6 +1,6 @@
 """Draw a run: its losses by name, and what validation said.
 
-python scripts/plot_run.py runs/msmarco_small docs/msmarco_small.png
+python scripts/plot_run.py runs/msmarco_small docs/msmarco_small.png --untrained 0.02
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with metrics.csv")
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--untrained", type=float, help="nDCG@10 before training (evaluate.py --model base:EXPORT)")
     args = parser.parse_args()
     with (args.run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -50,8 +51,10 @@ def main() -> None:
     for name in scores:
         steps, values = curve(rows, name)
         axes[0, 1].plot(steps, values, marker="o", label=name.removeprefix("val/"))
+    if scores and args.untrained is not None:
+        axes[0, 1].axhline(args.untrained, color="grey", linestyle=":", label="ndcg@10 untrained")
     if scores:
-        axes[0, 1].set(xlabel="step", ylim=(0, None), title="dev collection")
+        axes[0, 1].set(xlabel="step", xlim=(0, None), ylim=(0, None), title="dev collection")
         axes[0, 1].legend(frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

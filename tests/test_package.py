@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,18 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_wheel_contains_every_module_and_the_model(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(ROOT),
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        tmp_path,
-    ]
+    sources = tmp_path / "sources"  # setuptools leaves a build folder that would hide what a later wheel lacks
+    shutil.copytree(ROOT / "ullme", sources / "ullme")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    command = [sys.executable, "-m", "pip", "wheel", sources, "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("ullme-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -152,7 +152,7 @@ def _save_settings(model: ULLME, folder: Path) -> None:
 
 def _save_adapter(model: ULLME, folder: Path) -> None:
     assert isinstance(model.backbone, PeftModel)
-    model.backbone.save_pretrained(str(folder))
+    model.backbone.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the Hub
     named = folder / str(model.adapter)
     if named.is_dir():  # PEFT puts every adapter but "default" into a folder of its name
         for file in named.iterdir():

@@ -30,6 +30,7 @@ NOISE = (
     "is deprecated and will be removed",  # of libraries about each other
     "`isinstance(treespec, LeafSpec)`",
     "Checkpoint directory",
+    "Using ModelCheckpoint with manual optimization",  # it saves after the step, as it should
     "You have overridden `transfer_batch_to_device`",  # texts stay on the host
 )
 
