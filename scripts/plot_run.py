@@ -1,6 +1,6 @@
 """Draw a run: its losses by name, and what validation said.
 
-python scripts/plot_run.py runs/msmarco_small docs/msmarco_small.png --untrained 0.02
+python scripts/plot_run.py runs/msmarco_small docs/msmarco_small.png --untrained 0.042
 """
 
 from __future__ import annotations
