@@ -31,7 +31,8 @@ test: setup  ## the tests (25 representative decoder families)
 
 .PHONY: test-all
 test-all: setup  ## the tests with every decoder family that transformers can build
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(RUN) -m pytest -n 2 -m ''
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(RUN) -m pytest -n 2
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(RUN) -m pytest -m sweep
 
 .PHONY: lint
 lint: setup  ## ruff, mypy, typos
